@@ -282,7 +282,7 @@ def run_script(args: argparse.Namespace) -> int:
         if _is_of_program(error):
             raise
         print(f"error: {one_line(error)}; expected SCRIPT or -m MODULE", file=sys.stderr)
-        return 2
+        return 1
     return 0
 
 

@@ -3,16 +3,21 @@
 All programs of the checkout end with these codes:
 
 0    the work is done
-1    a mistake of the user, a failure of the machine, or a check that finds a difference; a line on stderr tells it
+1    a mistake of the user, a failure of the machine, or a difference that a check finds; a message says which
 2    argparse cannot take the words of the command, whose usage it prints
-75   a training has written a checkpoint because it was asked to stop (`recipes.signals`)
+75   training was asked to stop by a signal, and the same command goes on from its checkpoint (`recipes.signals`)
 130  Ctrl-C
+143  the quickstart was asked to end by SIGTERM
+
+`python -m arm_zoo run` ends as the program that it runs.
 """
 
 import argparse
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -91,6 +96,14 @@ def show(line: str) -> None:
         if not isinstance(error, BrokenPipeError):
             error.filename = "standard output"
             raise
+
+
+@contextmanager
+def shown_by(console: Any, print_text: Callable[[str], None] = show) -> Iterator[None]:
+    """What rich's console prints in the block, at its end by `print_text`: rich ends a program that nobody reads."""
+    with console.capture() as printed:
+        yield
+    print_text(printed.get().removesuffix("\n"))
 
 
 def drop_output() -> None:

@@ -12,7 +12,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from arm_zoo.command_line import show
+from arm_zoo.command_line import shown_by
 from arm_zoo.files import write_text
 from arm_zoo.tables import FIGURE, Limit, Row, csv_text, one_of
 from arm_zoo.tables import read as read_table
@@ -134,9 +134,7 @@ def text_table(
 
 
 def show_table(table: Table, *below: str, width: int | None = None) -> None:
-    """Print a table, and lines below it, as `arm_zoo.command_line.show` does: rich would end the program if nobody
-    reads them."""
+    """Print a table, and lines below it."""
     console = Console(width=width, markup=False, emoji=False)
-    with console.capture() as printed:
+    with shown_by(console):
         console.print(table, *below)
-    show(printed.get().removesuffix("\n"))

@@ -16,6 +16,7 @@ from filelock import FileLock
 from rich.console import Console
 from rich.table import Table
 
+from arm_zoo.command_line import shown_by
 from arm_zoo.files import sha256_of, write_text
 from arm_zoo.heads.models import save_attentive_probe
 from arm_zoo.images.errors import SourceError
@@ -125,9 +126,8 @@ def show(result: Mapping[str, Any]) -> None:
         ends = f"{row['low']:.2f} to {row['high']:.2f}"
         table.add_row(row["protocol"], row["features"], row["settings"], f"{row['top1']:.2f}%", ends)
     console = Console(width=None if Console().is_terminal else 120)
-    with console.capture() as printed:
+    with shown_by(console, command_line.say):
         console.print(table)
-    command_line.say(printed.get().removesuffix("\n"))
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -28,6 +28,7 @@ from rich.console import Console
 from rich.table import Table
 from timm.data import resolve_data_config
 
+from arm_zoo.command_line import shown_by
 from arm_zoo.files import replacing_files, write_text
 from recipes.command_line import say
 from recipes.config import FinetuneConfig, PretrainConfig, load_config
@@ -162,7 +163,7 @@ def show(summary: dict[str, Any], output: Path) -> None:
         table.add_column(heading, justify="left" if heading == "start" else "right")
     for start, scores in summary["top1"].items():
         table.add_row(start, f"{mean(scores):.1f}%", ", ".join(f"{score:.1f}" for score in scores))
-    with console.capture() as printed:
+    with shown_by(console, say):
         console.print(table)
         console.print(
             f"Pretraining for {summary['pretrain_seconds']:.0f} s shows the way. The encoder that was finetuned comes "
@@ -176,7 +177,6 @@ def show(summary: dict[str, Any], output: Path) -> None:
         )
         load = f'import arm_zoo, timm; timm.create_model("local-dir:{output}", pretrained=True)'
         console.print(f"load the finetuned model: {load}", soft_wrap=True)
-    say(printed.get().removesuffix("\n"))
 
 
 def main(argv: Sequence[str] | None = None) -> None:

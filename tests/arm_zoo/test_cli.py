@@ -631,7 +631,7 @@ def test_errors_of_programs_are_their_own(
 
 def test_programs_that_are_none(capsys: pytest.CaptureFixture[str]) -> None:
     for words, name in (([], "''"), (["none.py", "--x"], "'none.py'")):
-        assert main(["run", *words]) == 2
+        assert main(["run", *words]) == 1
         assert capsys.readouterr().err == f"error: no script {name}; expected SCRIPT or -m MODULE\n"
 
 
@@ -652,7 +652,7 @@ def test_modules_and_folders_that_are_no_programs(
         (["-m", "_json"], ""),
         ([str(tmp_path / "package")], "can't find '__main__' module in"),
     ):
-        assert main(["run", *words]) == 2, words
+        assert main(["run", *words]) == 1, words
         error = capsys.readouterr().err
         assert error.startswith("error: ") and reason in error and error.count("\n") == 1, error
     for words in (["-m", "broken"], [str(tmp_path / "broken.py")]):

@@ -117,6 +117,7 @@ def test_bad_input_of_the_cost(tmp_path: Path, capsys: pytest.CaptureFixture[str
         (damaged / f"{name}.jsonl").write_text(json.dumps({**row, "images_per_second": speed}))
     for gpus in (0, "8"):
         (damaged / f"on{gpus}.jsonl").write_text(json.dumps({**row, "images_per_second": 3, "processes": gpus}))
+    of_argparse = 0
     for argv, message in (
         (["--run", str(damaged)], f"{damaged} is damaged, or no run and no file of"),
         *(
@@ -169,3 +170,5 @@ def test_bad_input_of_the_cost(tmp_path: Path, capsys: pytest.CaptureFixture[str
             cost.main(argv)
         said = capsys.readouterr().err
         assert message in said and stop.value.code == (2 if said.startswith("usage: ") else 1)
+        of_argparse += said.startswith("usage: ")
+    assert of_argparse == 6  # others are told of by the program itself

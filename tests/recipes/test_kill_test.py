@@ -29,6 +29,12 @@ def test_a_command_that_no_run_takes_is_refused_before_any_is_killed(
         kill_test.main(["--output", str(tmp_path / "runs")])
     assert refused.value.code == 1 and "model is missing" in capsys.readouterr().err
     assert not (tmp_path / "runs").exists()
+    (tmp_path / "notes").touch()
+    with pytest.raises(SystemExit) as refused:
+        kill_test.main(["--output", str(tmp_path), "--config", str(CONFIG), *TINY])
+    told = capsys.readouterr().err or str(refused.value.code)  # a code that is a message counts as 1
+    assert refused.value.code != 2 and f"--output {tmp_path} is not empty; delete it or name another folder" in told
+    assert [file.name for file in tmp_path.iterdir()] == ["notes"]
 
 
 @pytest.mark.slow

@@ -190,6 +190,7 @@ def test_mistakes_are_told(folder: Path, tmp_path: Path, capsys: pytest.CaptureF
         loader_speed.main(["data.source=nowhere"])
     with pytest.raises(SystemExit, match=r"No such file or directory: 'nowhere/speed\.jsonl'"):  # before anything else
         loader_speed.main(["data.source=nowhere", "--json", "nowhere/speed.jsonl"])
+    of_argparse = 0
     for argv, message in (
         ([*settings, "batch=3"], "batch is 3; allowed: an even number"),
         ([*settings, "--rounds", "0"], "--rounds: expected a whole number of at least 1, got '0'"),
@@ -205,3 +206,5 @@ def test_mistakes_are_told(folder: Path, tmp_path: Path, capsys: pytest.CaptureF
             loader_speed.main(argv)
         said = capsys.readouterr().err
         assert message in said and stop.value.code == (2 if said.startswith("usage: ") else 1)
+        of_argparse += said.startswith("usage: ")
+    assert of_argparse == 7  # others are told of by the program itself
