@@ -34,6 +34,7 @@ _REPOSITORY = re.compile(rf"{HUB_ID.pattern}(@[\w./-]+)?")
 _ELSEWHERE = {"url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "source", "device", "dtype", "return"}
 _NAMES_OF_CLASSES = {"label_names": list[str] | dict[str, str] | None, "label_descriptions": Any}
 _PRETRAINED_CFG = {**get_type_hints(PretrainedCfg), **_NAMES_OF_CLASSES, "custom_load": Literal[False]}
+_OF_FEATURES = ("features_only", "out_indices", "feature_cls")  # by which timm wraps a model, under other names
 _MAX_CLASSES = 1_000_000  # only a damaged file has more; a head for them could exhaust the memory
 
 
@@ -356,9 +357,6 @@ class _Loader:
             raise CheckpointError(f"the pretraining model of {file} cannot be built: {error}") from error
         model.load_state_dict(model.adapt(tensors, model))
         return model
-
-
-_OF_FEATURES = ("features_only", "out_indices", "feature_cls")  # by which timm wraps a model, under other names
 
 
 def under_timms_names(tensors: StateDict, name: str, kwargs: Mapping[str, Any]) -> StateDict:

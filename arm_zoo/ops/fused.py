@@ -169,13 +169,13 @@ def _add_norm_gradient(ctx: Any, grad_total: Tensor, grad_normed: Tensor, _: Ten
 
 @functools.cache
 def _quack() -> ModuleType | None:
-    """The products by the package quack-kernels; None without it, with a warning if it cannot be imported."""
+    """The module that calls the package quack-kernels; None without it, with a warning if it cannot be imported."""
     try:
         return importlib.import_module("arm_zoo.ops.quack")
     except (ImportError, OSError, RuntimeError) as error:
         if importlib.util.find_spec("quack") is not None:
             install = "pip install --upgrade 'arm-zoo[quack]'"
-            _logger.warning("quack-kernels cannot be imported, so slower kernels run: %s; %s", error, install)
+            _logger.warning("quack-kernels cannot be imported, so Triton's kernel runs: %s; %s", error, install)
         return None
 
 

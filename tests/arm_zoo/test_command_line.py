@@ -1,15 +1,14 @@
 """How programs end."""
 
-import os
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
 
 from arm_zoo import CheckpointError
 from arm_zoo.command_line import guarded, show
+from tests.helpers.output import needs_full_disk, output_without_reader
 
 
 def ending_with(error: BaseException | None) -> int:
@@ -56,7 +55,7 @@ def test_errors_of_the_program_itself_keep_their_traceback() -> None:
         ending_with(RuntimeError("a shape is wrong"))
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="only Linux has a disk that is always full")
+@needs_full_disk
 @pytest.mark.parametrize("say", [show, print])
 def test_a_full_disk_under_the_output_is_told_in_a_line(
     say: Callable[[str], None], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -70,8 +69,6 @@ def test_a_full_disk_under_the_output_is_told_in_a_line(
 
 
 def test_work_goes_on_where_nobody_reads_the_output(monkeypatch: pytest.MonkeyPatch) -> None:
-    reader, writer = os.pipe()
-    os.close(reader)
     worked = []
 
     def run() -> int:
@@ -80,6 +77,6 @@ def test_work_goes_on_where_nobody_reads_the_output(monkeypatch: pytest.MonkeyPa
             worked.append(number)
         return 3
 
-    with os.fdopen(writer, "w") as output:
+    with output_without_reader() as output:
         monkeypatch.setattr(sys, "stdout", output)
         assert guarded(run) == 3 and worked == [0, 1, 2]

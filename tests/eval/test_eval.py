@@ -36,6 +36,7 @@ from eval import tables, verify
 from eval.scoring import metrics, models, sources
 from eval.scoring import predict as scoring
 from eval.scoring.unfinished import Unfinished
+from tests.helpers.output import needs_full_disk
 
 MODEL = "test_vit"
 INFO = Path(timm.data.__file__).parent / "_info"
@@ -510,7 +511,7 @@ def test_a_kill_while_a_run_goes_on_from_its_records_loses_none(
     assert len(list((tmp_path / "results.csv.partial").iterdir())) == 1
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="the system has no device that is always full")
+@needs_full_disk
 def test_a_full_disk_is_told_with_the_file_of_records(tmp_path: Path) -> None:
     records = np.zeros(3, scoring.record_type([None]))
     unfinished = Unfinished(tmp_path / "results.csv", ["row"], ["way"], records.dtype)

@@ -7,7 +7,7 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import pytest
 import torch
@@ -17,8 +17,8 @@ import arm_zoo
 from arm_zoo.ops import backends
 from eval import scan, tables, throughput
 from eval.speed import timing
+from tests.helpers.output import needs_full_disk, output_without_reader
 
-ON_LINUX = pytest.mark.skipif(not Path("/dev/full").exists(), reason="only Linux has a disk that is always full")
 TINY = ["--img-size", "32", "--batch-size", "1", "--repeats", "2", "--device", "cpu"]
 
 
@@ -379,13 +379,7 @@ def test_a_full_disk_is_told_with_the_file(
     assert "ms/step" in printed.out and printed.err.endswith(f"error: [Errno 28] No space left on device: '{file}'\n")
 
 
-def output_without_reader() -> TextIO:
-    reader, writer = os.pipe()
-    os.close(reader)
-    return os.fdopen(writer, "w")
-
-
-@pytest.mark.parametrize("full", [False, pytest.param(True, marks=ON_LINUX)], ids=["unread", "on a full disk"])
+@pytest.mark.parametrize("full", [False, pytest.param(True, marks=needs_full_disk)], ids=["unread", "on a full disk"])
 def test_rows_are_written_where_the_output_ends(full: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Those of all groups where nobody reads the tables; the rows of the first where printing fails."""
     file = tmp_path / "speed.csv"

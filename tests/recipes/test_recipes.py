@@ -63,6 +63,7 @@ from recipes.training.progress import Messages, ProgressDisplay, image_flops
 from recipes.training.scoring import BATCH, evaluation
 from tests import ROOT
 from tests.helpers.images import write_folder
+from tests.helpers.output import needs_full_disk
 
 CONFIGS = sorted((ROOT / "recipes" / "configs").rglob("*.yaml"))
 FOLDER = CONFIGS[0].parent
@@ -719,7 +720,7 @@ def test_a_run_falls_silent_where_nobody_reads_its_messages(monkeypatch: pytest.
     assert console.quiet
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="only Linux has a disk that is always full")
+@needs_full_disk
 def test_print_config_tells_a_full_disk(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     with open("/dev/full", "w") as full, pytest.raises(SystemExit) as ended:
         monkeypatch.setattr(sys, "stdout", full)

@@ -24,6 +24,7 @@ from recipes import digit_scenes, segment
 from recipes.config import ConfigError, SegmentConfig, load_config
 from recipes.data.batches import Batch
 from tests import ROOT
+from tests.helpers.output import output_without_reader
 
 MODEL = ["model=test_vit", "model_args.img_size=32", "model_args.patch_size=8"]
 SETTINGS = ["data.workers=0", "device=cpu", "precision=fp32", "tracker=none", "global_batch=8", "warmup_epochs=0"]
@@ -70,10 +71,8 @@ def test_scenes_are_not_mixed_with_others(scenes: Path, capsys: pytest.CaptureFi
     ):
         with pytest.raises(SystemExit) as stop:
             digit_scenes.main(words)
-        said = capsys.readouterr().err or str(
-            stop.value.code
-        )  # Python prints a code that is a message, and ends with 1
-        assert message in said and (stop.value.code == 2) == (code == 2)
+        ended = stop.value.code  # Python prints a code that is a message, and ends with 1
+        assert message in (capsys.readouterr().err or str(ended)) and (ended == 2) == (code == 2)
 
 
 def test_short_names_have_statistics() -> None:
@@ -131,9 +130,7 @@ def test_the_evaluator_scores_what_the_recipe_scored(
     [row] = tables.read(tmp_path / "scores.csv", segmentation.COLUMNS)
     assert float(row["miou"]) == pytest.approx(expected, abs=1e-3) and row["data_set"] == scenes.name
     assert "background" in capsys.readouterr().out
-    reader, writer = os.pipe()
-    os.close(reader)
-    with os.fdopen(writer, "w") as unread, monkeypatch.context() as patch:
+    with output_without_reader() as unread, monkeypatch.context() as patch:
         patch.setattr(sys, "stdout", unread)
         assert segmentation.main([*words, "--output", str(tmp_path / "scores.csv")]) == 0
     assert len(tables.read(tmp_path / "scores.csv", segmentation.COLUMNS)) == 2
